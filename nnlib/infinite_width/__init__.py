@@ -1,0 +1,1 @@
+"""Networks of infinite width: the kernels they become, and what training does to them."""

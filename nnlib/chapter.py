@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata, resources
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -60,9 +60,9 @@ class Run:
         statement: str,
         *,
         paper: str,
-        measured: float | None,
-        bound: tuple[float | None, float | None],
-        baseline: float | None = None,
+        measured: SupportsFloat | None,
+        bound: tuple[SupportsFloat | None, SupportsFloat | None],
+        baseline: SupportsFloat | None = None,
         exact: bool = False,
     ) -> Claim:
         """Check a statement of the paper; the parameters are those of `nnlib.claims.Claim`.
@@ -156,7 +156,9 @@ def start(chapter: str, *, profile: str = "quick", seed: int = 0) -> Run:
 @cache
 def papers() -> dict[str, dict[str, Any]]:
     """The catalogue of the book's 45 papers in reading order: ``"<part>/<slug>"`` to its entry."""
-    catalogue = tomllib.loads(resources.files("nnlib").joinpath("papers.toml").read_text(encoding="utf-8"))
+    catalogue = tomllib.loads(
+        resources.files("nnlib").joinpath("papers.toml").read_text(encoding="utf-8")
+    )
     return {f"{part['name']}/{p['slug']}": p for part in catalogue["parts"] for p in part["papers"]}
 
 
@@ -173,7 +175,9 @@ def citation(chapter: str) -> str:
     return f"{paper['authors']}, “{paper['paper']}”, {paper['venue']}{arxiv}"
 
 
-def cost_line(quick: dict[str, Any] | None, full: dict[str, Any] | None, download: str = "nothing") -> str:
+def cost_line(
+    quick: dict[str, Any] | None, full: dict[str, Any] | None, download: str = "nothing"
+) -> str:
     """The cost of a chapter for its header.
 
     Parameters
@@ -209,7 +213,9 @@ def show_source(thing: Any) -> None:
     """
     module = getattr(thing, "__module__", "") or ""
     if not module.startswith("nnlib."):
-        raise ValueError(f"show_source shows the library's own code; {thing!r} is from {module or 'nowhere'}")
+        raise ValueError(
+            f"show_source shows the library's own code; {thing!r} is from {module or 'nowhere'}"
+        )
     source = inspect.getsource(thing).rstrip()
     path = module.replace(".", "/")
     api = f"{address('Documentation')}/api/{path.removeprefix('nnlib/')}.html#{module}.{thing.__qualname__}"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 REPRODUCED, NOT_REPRODUCED, NEEDS_FULL = "reproduced", "not reproduced", "needs full"
 
@@ -35,33 +35,51 @@ class Claim:
     id: str
     statement: str
     paper: str
-    measured: float | None
-    bound: tuple[float | None, float | None]
-    baseline: float | None = None
+    measured: SupportsFloat | None
+    bound: tuple[SupportsFloat | None, SupportsFloat | None]
+    baseline: SupportsFloat | None = None
     exact: bool = False
 
     def __post_init__(self) -> None:
         low, high = self._checked_bound()
         if low is not None and high is not None and low > high:
-            raise ClaimError(f"claim {self.id!r}: its bound {self.bound} is empty, write (lowest, highest)")
+            raise ClaimError(
+                f"claim {self.id!r}: its bound {self.bound} is empty, write (lowest, highest)"
+            )
         if self.baseline is None and not self.exact:
-            raise ClaimError(f"claim {self.id!r} has no baseline: give the value without the paper's effect")
+            raise ClaimError(
+                f"claim {self.id!r} has no baseline: give the value without the paper's effect"
+            )
         object.__setattr__(self, "bound", (low, high))
         for name in ("measured", "baseline"):
-            object.__setattr__(self, name, _number(getattr(self, name), f"claim {self.id!r}: {name}"))
+            object.__setattr__(
+                self, name, _number(getattr(self, name), f"claim {self.id!r}: {name}")
+            )
 
     def _checked_bound(self) -> tuple[float | None, float | None]:
-        if not isinstance(self.bound, Sequence) or len(self.bound) != 2 or all(b is None for b in self.bound):
-            raise ClaimError(f"claim {self.id!r} needs a bound (lowest, highest), got {self.bound!r}")
+        if (
+            not isinstance(self.bound, Sequence)
+            or len(self.bound) != 2
+            or all(b is None for b in self.bound)
+        ):
+            raise ClaimError(
+                f"claim {self.id!r} needs a bound (lowest, highest), got {self.bound!r}"
+            )
         low, high = (_number(b, f"claim {self.id!r}: bound") for b in self.bound)
-        if any(b is not None and math.isnan(b) for b in (low, high)):
-            raise ClaimError(f"claim {self.id!r}: a bound cannot be nan, got {self.bound!r}")
+        if any(b is not None and not math.isfinite(b) for b in (low, high)):
+            raise ClaimError(
+                f"claim {self.id!r}: a bound is finite, or None for an open side; got {self.bound!r}"
+            )
         return low, high
 
     def admits(self, value: float) -> bool:
         """Whether `value` lies in the bound; nan never does."""
         low, high = self.bound
-        return (low is None or value >= low) and (high is None or value <= high) and not math.isnan(value)
+        return (
+            (low is None or value >= low)
+            and (high is None or value <= high)
+            and not math.isnan(value)
+        )
 
     @property
     def baseline_passes(self) -> bool:
@@ -73,7 +91,11 @@ class Claim:
         """`reproduced`, `not reproduced` or `needs full`."""
         if self.measured is None:
             return NEEDS_FULL
-        return REPRODUCED if self.admits(self.measured) and not self.baseline_passes else NOT_REPRODUCED
+        return (
+            REPRODUCED
+            if self.admits(self.measured) and not self.baseline_passes
+            else NOT_REPRODUCED
+        )
 
     def as_record(self) -> dict[str, Any]:
         """The claim and its verdict, as it is kept in a notebook's output metadata (valid JSON)."""
@@ -120,7 +142,7 @@ def _number(value: Any, what: str) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last one: a tensor of several elements
         raise ClaimError(f"{what} must be a number, got {value!r}") from None
 
 
@@ -142,7 +164,14 @@ def as_html(claims: Iterable[Claim]) -> str:
     rows = []
     for claim in claims:
         shown = claim.shown()
-        cells = [claim.id, claim.statement, claim.paper, shown["measured"], shown["bound"], shown["baseline"]]
+        cells = [
+            claim.id,
+            claim.statement,
+            claim.paper,
+            shown["measured"],
+            shown["bound"],
+            shown["baseline"],
+        ]
         kind = claim.verdict.replace(" ", "-")
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         rows.append(f'<tr>{row}<td class="verdict {kind}">{claim.verdict}</td></tr>')
@@ -188,5 +217,8 @@ def held(records: Iterable[Record]) -> dict[str, tuple[int, int]]:
     for record in records:
         for claim in record.claims:
             good, tested = counts.get(claim.id, (0, 0))
-            counts[claim.id] = (good + (claim.verdict == REPRODUCED), tested + (claim.measured is not None))
+            counts[claim.id] = (
+                good + (claim.verdict == REPRODUCED),
+                tested + (claim.measured is not None),
+            )
     return counts

@@ -78,23 +78,37 @@ class Series(NamedTuple):
     test_end: int
 
 
-def _sources(path: str, url: str, hashes: Mapping[str, str], gzipped: bool = False) -> dict[str, Source]:
-    return {path.format(name): Source(url.format(name), known, gzipped) for name, known in hashes.items()}
+def _sources(
+    path: str, url: str, hashes: Mapping[str, str], gzipped: bool = False
+) -> dict[str, Source]:
+    return {
+        path.format(name): Source(url.format(name), known, gzipped)
+        for name, known in hashes.items()
+    }
 
 
 # The target's column, which is also the number of features, and the file's hash.
 UCI = {
-    "bostonHousing": (13, "sha256:baadf72995725d76efe787b664e1f083388c79ba21ef9a7990d87f774184735a"),
+    "bostonHousing": (
+        13,
+        "sha256:baadf72995725d76efe787b664e1f083388c79ba21ef9a7990d87f774184735a",
+    ),
     "concrete": (8, "sha256:43d290fd2c2a399ad7e62c45cab5337ba94ece69ebdcf5875aa668cb886243de"),
     "energy": (8, "sha256:7f8bf024cea437267d56be99b7af7bb3faebec8a7bccfbb20d06d52d9372a950"),
     "kin8nm": (8, "sha256:a694ce0c7a21390f2bd2a205c36f2482cd974637a207038696716e22f3bbe810"),
-    "naval-propulsion-plant": (16, "sha256:de0ea69da1efaab8b9655ffed828547d10dd68c1fb8c6e0163e6a988def393a6"),
+    "naval-propulsion-plant": (
+        16,
+        "sha256:de0ea69da1efaab8b9655ffed828547d10dd68c1fb8c6e0163e6a988def393a6",
+    ),
     "power-plant": (4, "sha256:daebd20c408dfc5c4979604f240e891be162c3a5d00d662380aa669044a1fb31"),
     "protein-tertiary-structure": (
         9,
         "sha256:d35f332707e8a73f21e021039250a1e7b26e14f7dd826a0337ffa8e8e48b9727",
     ),
-    "wine-quality-red": (11, "sha256:3ba41eaf4ab562088cf47b5c9dca2b4de2a330c3ee38a7920b4527a09574d5c1"),
+    "wine-quality-red": (
+        11,
+        "sha256:3ba41eaf4ab562088cf47b5c9dca2b4de2a330c3ee38a7920b4527a09574d5c1",
+    ),
     "yacht": (6, "sha256:00dfecc0fc01ddd4c90b558a3ac11b246df8ebcfea130724223475a9a67f0ea1"),
 }
 
@@ -151,12 +165,16 @@ REGISTRY: dict[str, Source] = {
     **_sources(
         "timeseries/{}.csv",
         "https://raw.githubusercontent.com/jackyue1994/OLinear/main/dataset/ILI/{}.csv",
-        {"national_illness": "sha256:8594cecb98c6f2f9dc014eca11c4d5d1e38ad5ce6ed0592d4abe65b146fce395"},
+        {
+            "national_illness": "sha256:8594cecb98c6f2f9dc014eca11c4d5d1e38ad5ce6ed0592d4abe65b146fce395"
+        },
     ),
     **_sources(
         "text/{}.txt",
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        {"tinyshakespeare": "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+        {
+            "tinyshakespeare": "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+        },
     ),
 }
 
@@ -204,13 +222,19 @@ def load_cifar10() -> Images:
     test = ["cifar-10-batches-py/test_batch"]
     batches = {}
     with tarfile.open(fetch("cifar10/cifar-10-python.tar.gz")) as archive:
-        for member in archive:  # in the file's order: looking one up would unpack from the start again
+        for (
+            member
+        ) in archive:  # in the file's order: looking one up would unpack from the start again
             if member.name in train + test:
-                batches[member.name] = _ArraysOnly(archive.extractfile(member), encoding="bytes").load()
+                batches[member.name] = _ArraysOnly(
+                    archive.extractfile(member), encoding="bytes"
+                ).load()
 
     def join(names: list[str]) -> tuple[Tensor, Tensor]:
         pixels = np.concatenate([batches[name][b"data"] for name in names]).reshape(-1, 3, 32, 32)
-        return _unit_range(pixels, 255), _labels(np.concatenate([batches[name][b"labels"] for name in names]))
+        return _unit_range(pixels, 255), _labels(
+            np.concatenate([batches[name][b"labels"] for name in names])
+        )
 
     return Images(*join(train), *join(test))
 
@@ -279,7 +303,9 @@ def load_timeseries(name: str) -> Series:
     path = fetch(f"timeseries/{name}.csv")
     with path.open(encoding="utf-8") as lines:
         columns = tuple(next(lines).strip().split(",")[1:])  # column 0 is the date
-        values = np.loadtxt(lines, delimiter=",", usecols=range(1, len(columns) + 1), dtype=np.float64)
+        values = np.loadtxt(
+            lines, delimiter=",", usecols=range(1, len(columns) + 1), dtype=np.float64
+        )
     return Series(torch.from_numpy(values), columns, *ends)
 
 
@@ -327,7 +353,9 @@ def fetch(name: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as part:
             os.replace(_download(name, source, Path(part)), path)
     except (DataError, OSError) as error:
-        cannot_write = f"{path.parent} cannot be written ({getattr(error, 'strerror', None) or error})"
+        cannot_write = (
+            f"{path.parent} cannot be written ({getattr(error, 'strerror', None) or error})"
+        )
         problem = str(error) if isinstance(error, DataError) else cannot_write
         unpack = ", unpack it with gunzip" if source.gzipped else ""
         raise DataError(
@@ -352,8 +380,12 @@ def _download(name: str, source: Source, part: Path) -> Path:
     raw = part / "download"
     for wait in (*RETRY_WAITS, None):
         try:
-            with tqdm(total=1, desc=name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-                get = _pooch().HTTPDownloader(bar, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
+            with tqdm(
+                total=1, desc=name, unit="B", unit_scale=True, leave=False, disable=None
+            ) as bar:
+                get = _pooch().HTTPDownloader(
+                    bar, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"}
+                )
                 get(source.url, str(raw), None)
             new = _unpack(raw, part / "unpacked") if source.gzipped else raw
             if wrong := _mismatch(new, source.hash):
@@ -366,7 +398,9 @@ def _download(name: str, source: Source, part: Path) -> Path:
                 error.response.close()
             if wait is None or (400 <= status < 500 and status not in (408, 429)):
                 # The text of other errors of requests shows objects; their names say what happened.
-                reason = str(error) if status or isinstance(error, DataError) else type(error).__name__
+                reason = (
+                    str(error) if status or isinstance(error, DataError) else type(error).__name__
+                )
                 raise DataError(f"its download failed: {reason}") from error
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
@@ -417,7 +451,9 @@ class _ArraysOnly(pickle.Unpickler):
 def _load_idx(path: str) -> Images:
     names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     train_x, train_y, test_x, test_y = (_read_idx(fetch(path.format(name))) for name in names)
-    return Images(_unit_range(train_x, 255), _labels(train_y), _unit_range(test_x, 255), _labels(test_y))
+    return Images(
+        _unit_range(train_x, 255), _labels(train_y), _unit_range(test_x, 255), _labels(test_y)
+    )
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -428,7 +464,9 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def _nonzeros(arrays: np.lib.npyio.NpzFile, key: str) -> tuple[Int[Tensor, "2 n"], Float[Tensor, " n"]]:
+def _nonzeros(
+    arrays: np.lib.npyio.NpzFile, key: str
+) -> tuple[Int[Tensor, "2 n"], Float[Tensor, " n"]]:
     """Row and column, and value, of each entry of a sparse matrix stored as CSR."""
     per_row = torch.from_numpy(np.diff(arrays[f"{key}_indptr"])).long()
     rows = torch.arange(len(per_row)).repeat_interleave(per_row)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any, SupportsFloat
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -12,14 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colour-blind-safe palette, without its black and yellow: they vanish on one of the two grounds.
+# Each has a contrast of 3 or more on white and on the dark theme, and they stay apart for colour-blind readers.
 PALETTE = {
-    "blue": "#2a8fd0",
-    "orange": "#e08214",
-    "green": "#1ba37b",
-    "purple": "#c879b0",
-    "red": "#d95f3b",
-    "sky": "#56b4e9",
+    "blue": "#3f98d8",
+    "orange": "#df790a",
+    "green": "#1fa47a",
+    "purple": "#a1518e",
+    "red": "#c0372c",
+    "indigo": "#6666df",
 }
 INK = "#808080"  # a grey with about the same contrast on white and on the dark theme
 WIDTH, HEIGHT = 4.2, 3.1  # inches of one panel
@@ -61,12 +62,12 @@ def panels(columns: int = 1, rows: int = 1, **keywords: object) -> tuple[Figure,
 
 def band(
     ax: Axes,
-    x: Sequence[float],
-    runs: np.ndarray,
+    x: Iterable[SupportsFloat],
+    runs: Iterable[Any],
     *,
     label: str,
     color: str,
-    percent: tuple[float, float] = (10, 90),
+    percent: tuple[SupportsFloat, SupportsFloat] = (10, 90),
 ) -> None:
     """Draw the median of many runs as a line, and a band between two percentiles.
 
@@ -88,12 +89,14 @@ def band(
     ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def theory(ax: Axes, x: Sequence[float], y: Sequence[float], label: str = "theory") -> None:
+def theory(
+    ax: Axes, x: Iterable[SupportsFloat], y: Iterable[SupportsFloat], label: str = "theory"
+) -> None:
     """Draw what the paper or the mathematics predicts: a thin dashed grey line, above the data."""
     ax.plot(x, y, color=INK, linestyle="--", linewidth=1.4, zorder=5, label=label)
 
 
-def log_ticks(axis: Axis, values: Sequence[float]) -> None:
+def log_ticks(axis: Axis, values: Iterable[float]) -> None:
     """Label a logarithmic axis at just these values, as plain numbers; `axis` is `ax.xaxis` or `ax.yaxis`."""
     axis.set_major_locator(mticker.FixedLocator(list(values)))
     axis.set_major_formatter(mticker.FuncFormatter(lambda value, _: f"{value:g}"))

@@ -76,7 +76,9 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     """A server for the registered file `test/file`, kept in `tmp_path`; waits are noted, not waited."""
     server = Server()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     monkeypatch.setitem(data.REGISTRY, "test/file", data.Source(server.url, sha256(CONTENT)))
     monkeypatch.setenv("NNLIB_DATA", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -89,7 +91,9 @@ def server(monkeypatch, tmp_path):
 
 def files(root):
     return sorted(
-        str(p.relative_to(root)) for p in Path(root).rglob("*") if not p.is_dir() or p.name.startswith(".")
+        str(p.relative_to(root))
+        for p in Path(root).rglob("*")
+        if not p.is_dir() or p.name.startswith(".")
     )
 
 
@@ -113,7 +117,12 @@ def test_a_lasting_fault_leaves_no_file_and_says_what_to_do(server, tmp_path, fa
     with pytest.raises(data.DataError) as caught:
         data.fetch("test/file")
     assert server.requests == 4 and server.waits == [1.0, 2.0, 4.0] and files(tmp_path) == []
-    for part in ("data file test/file is missing", server.url, f"as {tmp_path / 'test/file'}", "NNLIB_DATA"):
+    for part in (
+        "data file test/file is missing",
+        server.url,
+        f"as {tmp_path / 'test/file'}",
+        "NNLIB_DATA",
+    ):
         assert part in str(caught.value)
     if fault == "wrong":
         assert sha256(WRONG)[7:] in str(caught.value) and sha256(CONTENT)[7:] in str(caught.value)
@@ -137,7 +146,8 @@ def test_no_network_is_a_clear_error(server, tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     with pytest.raises(
-        data.DataError, match=r"is missing, and its download failed: ConnectionError\. Without a net"
+        data.DataError,
+        match=r"is missing, and its download failed: ConnectionError\. Without a net",
     ):
         data.fetch("test/file")
     assert files(tmp_path) == []
@@ -157,7 +167,8 @@ def test_a_damaged_file_that_cannot_be_replaced_is_never_returned(server, tmp_pa
     path.write_bytes(WRONG)
     server.answers = [503]
     with pytest.raises(
-        data.DataError, match=rf"test/file is damaged \(its sha256 is {sha256(WRONG)[7:]} instead of"
+        data.DataError,
+        match=rf"test/file is damaged \(its sha256 is {sha256(WRONG)[7:]} instead of",
     ):
         data.fetch("test/file")
     assert path.read_bytes() == WRONG and files(tmp_path) == ["test/file"]
@@ -172,7 +183,9 @@ def test_a_folder_in_the_place_of_a_file_is_a_clear_error(server, tmp_path):
 @pytest.fixture
 def read_only(server, monkeypatch):
     """A folder that may not be written, not even by root, who takes another user's rights for the test."""
-    with tempfile.TemporaryDirectory() as name:  # tmp_path lies in a folder that other users cannot enter
+    with (
+        tempfile.TemporaryDirectory() as name
+    ):  # tmp_path lies in a folder that other users cannot enter
         folder = Path(name)
         (folder / "test").mkdir()
         monkeypatch.setenv("NNLIB_DATA", name)
@@ -213,7 +226,9 @@ def test_a_read_only_folder_without_the_file_is_a_clear_error(server, read_only,
 
 
 def test_the_hash_of_a_gzipped_file_is_that_of_its_content(server, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.REGISTRY, "test/file", data.Source(server.url, sha256(CONTENT), gzipped=True))
+    monkeypatch.setitem(
+        data.REGISTRY, "test/file", data.Source(server.url, sha256(CONTENT), gzipped=True)
+    )
     packed = gzip.compress(CONTENT)
     for server.content in (packed[:-50] + bytes(50), packed[:1000], WRONG, gzip.compress(WRONG)):
         with pytest.raises(data.DataError, match="what came is not"):
@@ -254,7 +269,9 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path):
 
 
 def test_a_killed_download_is_not_taken_for_the_file(server, tmp_path):
-    (tmp_path / "test/.part-abc").mkdir(parents=True)  # what a process leaves that could not clean up
+    (tmp_path / "test/.part-abc").mkdir(
+        parents=True
+    )  # what a process leaves that could not clean up
     (tmp_path / "test/.part-abc/download").write_bytes(CONTENT[:1000])
     assert data.fetch("test/file").read_bytes() == CONTENT and server.requests == 1
 
@@ -288,7 +305,8 @@ def test_the_folder_is_the_variable_or_the_cache(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "load", [data.fetch, data.load_uci, data.load_citation_graph, data.load_timeseries, data.load_text]
+    "load",
+    [data.fetch, data.load_uci, data.load_citation_graph, data.load_timeseries, data.load_text],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(load):
     with pytest.raises(ValueError, match=r"unknown name 'nothing'; there are: \w+"):
@@ -297,7 +315,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones(load):
 
 def test_digits_are_the_integers_of_scikit_learn_scaled():
     x, y = data.load_digits()
-    assert (x.shape, x.dtype, y.shape, y.dtype) == ((1797, 8, 8), torch.float32, (1797,), torch.int64)
+    assert (x.shape, x.dtype, y.shape, y.dtype) == (
+        (1797, 8, 8),
+        torch.float32,
+        (1797,),
+        torch.int64,
+    )
     assert x.min() == 0 and x.max() == 1 and torch.equal(x * 16, (x * 16).round())
     assert y.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
@@ -311,7 +334,9 @@ def keep(monkeypatch, root, name, content):
     path.write_bytes(content)
     monkeypatch.setenv("NNLIB_DATA", str(root))
     monkeypatch.setitem(
-        data.REGISTRY, name, data.Source("http://127.0.0.1:9/", "md5:" + hashlib.md5(content).hexdigest())
+        data.REGISTRY,
+        name,
+        data.Source("http://127.0.0.1:9/", "md5:" + hashlib.md5(content).hexdigest()),
     )
 
 
@@ -321,8 +346,18 @@ def test_fashion_mnist_is_read_from_its_packed_files(monkeypatch, tmp_path):
     for part, n in (("train", 5), ("t10k", 2)):
         images = struct.pack(">4i", 0x803, n, 28, 28) + pixels[:n].tobytes()
         labels = struct.pack(">2i", 0x801, n) + classes[:n].tobytes()
-        keep(monkeypatch, tmp_path, f"fashion_mnist/{part}-images-idx3-ubyte.gz", gzip.compress(images))
-        keep(monkeypatch, tmp_path, f"fashion_mnist/{part}-labels-idx1-ubyte.gz", gzip.compress(labels))
+        keep(
+            monkeypatch,
+            tmp_path,
+            f"fashion_mnist/{part}-images-idx3-ubyte.gz",
+            gzip.compress(images),
+        )
+        keep(
+            monkeypatch,
+            tmp_path,
+            f"fashion_mnist/{part}-labels-idx1-ubyte.gz",
+            gzip.compress(labels),
+        )
     train_x, train_y, test_x, test_y = data.load_fashion_mnist()
     assert train_x.dtype == torch.float32 and train_y.dtype == torch.int64
     np.testing.assert_allclose(train_x.numpy(), pixels / 255, rtol=1e-6)
@@ -357,7 +392,14 @@ def keep_cifar(monkeypatch, root, batches):
 
 def test_cifar10_batches_are_joined_in_order_whatever_the_archive_s(monkeypatch, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 2, 3072), dtype=np.uint8)
-    names = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+    names = [
+        "data_batch_1",
+        "data_batch_2",
+        "data_batch_3",
+        "data_batch_4",
+        "data_batch_5",
+        "test_batch",
+    ]
     batches = {name: cifar_batch(pixels[i], [i, 9 - i]) for i, name in enumerate(names)}
     assert pickle.loads(batches["test_batch"], encoding="bytes")[b"labels"] == [
         5,
@@ -394,7 +436,9 @@ def test_a_graph_loses_self_links_directions_and_repeats(monkeypatch, tmp_path):
     words = np.array([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]], dtype=np.float32)
     arrays = {"labels": np.array([1, 0, 1, 2], dtype=np.int8)}
     for key, matrix in (("adj", adjacency), ("attr", words)):
-        arrays[f"{key}_indptr"] = np.concatenate(([0], np.cumsum((matrix != 0).sum(1)))).astype(np.int32)
+        arrays[f"{key}_indptr"] = np.concatenate(([0], np.cumsum((matrix != 0).sum(1)))).astype(
+            np.int32
+        )
         arrays[f"{key}_indices"] = matrix.nonzero()[1].astype(np.int32)
         arrays[f"{key}_data"] = matrix[matrix != 0].astype(np.float32)
         arrays[f"{key}_shape"] = np.array(matrix.shape)
@@ -421,21 +465,36 @@ def test_a_real_file_has_its_registered_hash(name):
     assert data.fetch(name) == Path(REAL).expanduser().absolute() / name
 
 
-@needs("mnist/train-images-idx3-ubyte", "mnist/train-labels-idx1-ubyte", "mnist/t10k-images-idx3-ubyte")
+@needs(
+    "mnist/train-images-idx3-ubyte", "mnist/train-labels-idx1-ubyte", "mnist/t10k-images-idx3-ubyte"
+)
 def test_mnist_has_its_known_mean_deviation_and_counts():
     train_x, train_y, test_x, test_y = data.load_mnist()
     assert train_x.shape == (60000, 28, 28) and test_x.shape == (10000, 28, 28)
     assert train_x.dtype == torch.float32 and train_y.dtype == test_y.dtype == torch.int64
     assert train_x.min() == 0 and train_x.max() == 1
     assert round(train_x.mean().item(), 4) == 0.1307 and round(train_x.std().item(), 4) == 0.3081
-    assert train_y.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert train_y.bincount().tolist() == [
+        5923,
+        6742,
+        5958,
+        6131,
+        5842,
+        5421,
+        5918,
+        6265,
+        5851,
+        5949,
+    ]
     assert test_y[:5].tolist() == [7, 2, 1, 0, 4] and test_y.bincount()[1] == 1135
 
 
 ROWS = dict(zip(data.UCI, [506, 1030, 768, 8192, 11934, 9568, 45730, 1599, 308], strict=True))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(f"uci/{name}.txt")) for name in data.UCI])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(f"uci/{name}.txt")) for name in data.UCI]
+)
 def test_uci_features_stand_before_the_target(name):
     x, y = data.load_uci(name)
     words = (Path(REAL).expanduser() / f"uci/{name}.txt").read_text().splitlines()[0].split()
@@ -455,7 +514,11 @@ def test_citation_graphs_agree_with_scipy(name, nodes, words, classes, links):
     from scipy import sparse
 
     edge_index, x, y = data.load_citation_graph(name)
-    assert edge_index.shape == (2, 2 * links) and x.shape == (nodes, words) and len(y.bincount()) == classes
+    assert (
+        edge_index.shape == (2, 2 * links)
+        and x.shape == (nodes, words)
+        and len(y.bincount()) == classes
+    )
     assert edge_index.dtype == torch.int64 and x.dtype == torch.float32
     raw = np.load(Path(REAL).expanduser() / f"graphs/{name}.npz", allow_pickle=False)
 
@@ -482,14 +545,22 @@ def test_citation_graphs_agree_with_scipy(name, nodes, words, classes, links):
             "ETTh2", 17420, 41.13000106811523, 38.6619987487793, marks=needs("timeseries/ETTh2.csv")
         ),
         pytest.param(
-            "national_illness", 966, 1.22262, 176569.0, marks=needs("timeseries/national_illness.csv")
+            "national_illness",
+            966,
+            1.22262,
+            176569.0,
+            marks=needs("timeseries/national_illness.csv"),
         ),
     ],
 )
 def test_timeseries_have_seven_columns_and_ordered_parts(name, steps, first, last):
     series = data.load_timeseries(name)
     assert series.values.shape == (steps, 7) and series.values.dtype == torch.float64
-    assert series.values[0, 0] == first and series.values[0, 6] == last and series.values.isfinite().all()
+    assert (
+        series.values[0, 0] == first
+        and series.values[0, 6] == last
+        and series.values.isfinite().all()
+    )
     assert len(series.columns) == 7 and series.columns[6] == "OT" and "date" not in series.columns
     assert 0 < series.train_end < series.val_end < series.test_end <= steps
 
@@ -498,5 +569,7 @@ def test_timeseries_have_seven_columns_and_ordered_parts(name, steps, first, las
 def test_tiny_shakespeare_is_whole():
     text = data.load_text("tinyshakespeare")
     assert (
-        len(text) == 1115394 and len(set(text)) == 65 and text.startswith("First Citizen:\nBefore we proceed")
+        len(text) == 1115394
+        and len(set(text)) == 65
+        and text.startswith("First Citizen:\nBefore we proceed")
     )

@@ -41,7 +41,9 @@ def empirical(x, width=1024):
     _, params = init(jax.random.PRNGKey(0), x.shape)
     params = jax.tree_util.tree_map(lambda p: p.astype(np.float32), params)
     kernel = jax.jit(
-        nt.empirical_ntk_fn(apply, vmap_axes=0, implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES)
+        nt.empirical_ntk_fn(
+            apply, vmap_axes=0, implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES
+        )
     )
     return lambda: kernel(x, None, params)
 

@@ -73,7 +73,9 @@ EXPECTATIONS: dict[
 }
 
 
-def activation_expectations(name: str, cov_xx: Tensor, cov_xy: Tensor, cov_yy: Tensor) -> Expectations:
+def activation_expectations(
+    name: str, cov_xx: Tensor, cov_xy: Tensor, cov_yy: Tensor
+) -> Expectations:
     """E[s(u) s(v)] and E[s'(u) s'(v)] for the activation `name`: relu, erf, linear or square.
 
     Raises
@@ -83,9 +85,13 @@ def activation_expectations(name: str, cov_xx: Tensor, cov_xy: Tensor, cov_yy: T
     return _known(name)[0](cov_xx, cov_xy, cov_yy)
 
 
-def _known(name: str) -> tuple[Callable[[Tensor, Tensor, Tensor], Expectations], Callable[[Tensor], Tensor]]:
+def _known(
+    name: str,
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Expectations], Callable[[Tensor], Tensor]]:
     if name not in EXPECTATIONS:
-        raise ValueError(f"no closed form for activation {name!r}; there are: {', '.join(EXPECTATIONS)}")
+        raise ValueError(
+            f"no closed form for activation {name!r}; there are: {', '.join(EXPECTATIONS)}"
+        )
     return EXPECTATIONS[name]
 
 
@@ -126,7 +132,10 @@ def ntk_nngp(
     expectations, second_moment = _known(activation)
     x, y = x.to(dtype), y.to(dtype)
     rows = max(1, BLOCK // max(1, len(y)))
-    blocks = [kernel_recursion(part, y, depth, beta, expectations, second_moment) for part in x.split(rows)]
+    blocks = [
+        kernel_recursion(part, y, depth, beta, expectations, second_moment)
+        for part in x.split(rows)
+    ]
     nngp, ntk = zip(*blocks, strict=True)
     return torch.cat(nngp), torch.cat(ntk)
 
@@ -194,7 +203,9 @@ class NTKMLP(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
-            raise ValueError(f"widths needs at least two entries, each at least 1, got {list(widths)}")
+            raise ValueError(
+                f"widths needs at least two entries, each at least 1, got {list(widths)}"
+            )
         self.beta, self.activation = beta, activation
 
         def normal(*shape: int) -> nn.Parameter:
@@ -237,7 +248,9 @@ def empirical_ntk(
     Source: the definition in Section 4.
     """
     if net.weights[-1].shape[-2] != 1:
-        raise ValueError(f"empirical_ntk needs one output, this network has {net.weights[-1].shape[-2]}")
+        raise ValueError(
+            f"empirical_ntk needs one output, this network has {net.weights[-1].shape[-2]}"
+        )
     _check_inputs(x, x if y is None else y)
     alphas_x, deltas_x = _outer_factors(net, x)
     alphas_y, deltas_y = (alphas_x, deltas_x) if y is None else _outer_factors(net, y)
@@ -307,7 +320,9 @@ def kernel_gradient_step(
     return f - lr * (k @ residual) / residual.shape[0]
 
 
-def kernel_principal_components(k: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+def kernel_principal_components(
+    k: Float[Tensor, "n n"],
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     r"""Eigenvalues of :math:`\Pi`, that is of the Gram matrix over `N`, descending, and its eigenfunctions.
 
     Column `i` of the second matrix holds :math:`f^{(i)}` on the data, with mean square 1.
@@ -408,7 +423,9 @@ def train_full_batch(
 
 def _check_inputs(x: Tensor, y: Tensor) -> None:
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"inputs must be (n, d) and (m, d), got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"inputs must be (n, d) and (m, d), got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("inputs must be finite; found nan or inf")
 

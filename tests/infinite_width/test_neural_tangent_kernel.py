@@ -67,7 +67,9 @@ def test_equals_neural_tangents_on_the_circle(dtype):
     golden = json.loads(Path(__file__).with_name("neural_tangents_circle.json").read_text())
     angles = torch.linspace(-math.pi, math.pi, 64, dtype=F64)
     circle = torch.stack([angles.cos(), angles.sin()], 1)
-    kernels = ntk.ntk_nngp(circle, torch.tensor([[1.0, 0.0]], dtype=F64), depth=4, beta=0.1, dtype=dtype)
+    kernels = ntk.ntk_nngp(
+        circle, torch.tensor([[1.0, 0.0]], dtype=F64), depth=4, beta=0.1, dtype=dtype
+    )
     tolerance = 1e-12 if dtype == F64 else ATOL[dtype]
     for name, kernel in zip(("nngp", "ntk"), kernels, strict=True):
         expected = torch.tensor(golden[name], dtype=dtype)
@@ -138,8 +140,12 @@ def test_relu_kernel_without_bias_is_homogeneous(scale, depth):
 @pytest.mark.parametrize("activation", [torch.relu, torch.tanh, torch.erf])
 def test_layer_wise_kernel_is_the_gram_matrix_of_gradients(activation):
     net, x, y = network(activation=activation), normal(5, 2), normal(4, 2, seed=1)
-    torch.testing.assert_close(ntk.empirical_ntk(net, x, y), ntk.jacobian_ntk(net, x, y), atol=1e-12, rtol=0)
-    torch.testing.assert_close(ntk.empirical_ntk(net, x), ntk.jacobian_ntk(net, x), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        ntk.empirical_ntk(net, x, y), ntk.jacobian_ntk(net, x, y), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(
+        ntk.empirical_ntk(net, x), ntk.jacobian_ntk(net, x), atol=1e-12, rtol=0
+    )
 
 
 def test_jacobian_agrees_with_central_differences():
@@ -211,7 +217,9 @@ def test_parameter_step_is_a_kernel_step_up_to_second_order(activation):
             net(test)[:, 0].detach(),
         )
         ntk.train_full_batch(net, x, y, lr=lr, steps=1)
-        gaps.append((net(test)[:, 0] - ntk.kernel_gradient_step(f0, kernel, residual, lr)).norm().item())
+        gaps.append(
+            (net(test)[:, 0] - ntk.kernel_gradient_step(f0, kernel, residual, lr)).norm().item()
+        )
     assert math.log10(gaps[0] / gaps[1]) == pytest.approx(2, abs=0.02)
 
 
@@ -253,7 +261,9 @@ def test_flow_scales_kernel_against_time_and_sum_against_mean():
     k, kt, y = flow_problem()
     base = ntk.gradient_flow_posterior(k, kt, y, t=3.0)[0]
     torch.testing.assert_close(ntk.gradient_flow_posterior(7 * k, 7 * kt, y, t=3.0 / 7)[0], base)
-    torch.testing.assert_close(ntk.gradient_flow_posterior(k, kt, y, t=3.0 / 6, normalise=False)[0], base)
+    torch.testing.assert_close(
+        ntk.gradient_flow_posterior(k, kt, y, t=3.0 / 6, normalise=False)[0], base
+    )
 
 
 def test_flow_leaves_the_null_space_untouched():
@@ -268,7 +278,9 @@ def test_covariance_is_that_of_trained_linear_models():
     x, test, y = normal(4, 3), normal(3, 3, seed=1), normal(4, seed=2)
     k, kt, ktt = x @ x.T, test @ x.T, test @ test.T
     _, cov = ntk.gradient_flow_posterior(k, kt, y, t=2.0, nngp=(k, kt, ktt))
-    decay = torch.linalg.matrix_exp(-2.0 / 4 * (x.T @ x))  # how the flow shrinks the initial weights
+    decay = torch.linalg.matrix_exp(
+        -2.0 / 4 * (x.T @ x)
+    )  # how the flow shrinks the initial weights
     torch.testing.assert_close(cov, test @ decay @ decay.T @ test.T)
 
 
@@ -295,13 +307,21 @@ GOOD = torch.ones(3, 2, dtype=F64)
         (lambda: ntk.NTKMLP([3, 0, 1]), r"\[3, 0, 1\]"),
         (lambda: ntk.empirical_ntk(network((2, 4, 3)), GOOD), "has 3"),
         (lambda: ntk.jacobian_ntk(nn.Linear(2, 3, dtype=F64), GOOD), "one output"),
-        (lambda: ntk.gradient_flow_posterior(torch.eye(2), torch.eye(2), torch.ones(2), t=-1.0), "got -1.0"),
         (
-            lambda: ntk.gradient_flow_posterior(torch.eye(2), torch.eye(2), torch.ones(2), t=math.nan),
+            lambda: ntk.gradient_flow_posterior(torch.eye(2), torch.eye(2), torch.ones(2), t=-1.0),
+            "got -1.0",
+        ),
+        (
+            lambda: ntk.gradient_flow_posterior(
+                torch.eye(2), torch.eye(2), torch.ones(2), t=math.nan
+            ),
             "got nan",
         ),
         (lambda: ntk.kernel_principal_components(-torch.eye(2)), "smallest eigenvalue -1"),
-        (lambda: ntk.kernel_principal_components(torch.tensor([[1.0, 0.5], [0.0, 1.0]])), "symmetric"),
+        (
+            lambda: ntk.kernel_principal_components(torch.tensor([[1.0, 0.5], [0.0, 1.0]])),
+            "symmetric",
+        ),
         (lambda: ntk.kernel_principal_components(torch.full((2, 2), math.inf)), "finite"),
     ],
 )
@@ -311,5 +331,7 @@ def test_bad_input_is_named(call, message):
 
 
 def test_inputs_of_different_width_are_refused():
-    with pytest.raises((ValueError, TypeError)):  # a TypeError where shapes are checked on every call
+    with pytest.raises(
+        (ValueError, TypeError)
+    ):  # a TypeError where shapes are checked on every call
         ntk.ntk_nngp(GOOD, torch.ones(3, 5, dtype=F64))

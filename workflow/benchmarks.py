@@ -46,7 +46,9 @@ def main(report: str) -> None:
         target = ROOT / f"book/results/benchmarks/{chapter}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(".part")
-        unfinished.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.write_text(
+            json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         unfinished.replace(target)
         print(f"record  {target.relative_to(ROOT)}")
 

@@ -165,6 +165,8 @@ def rendered(*options: str) -> str:
         "book/**/*",
         "nnlib/**/*.*",
         "workflow/*.py",
+        "tests/*/test_*.py",
+        "benchmarks/*/bench_*.py",
     ]
     patterns += [] if "--committed" in options else ["_build/executed/quick/seed0/*/*.ipynb"]
     paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()})

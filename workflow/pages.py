@@ -162,9 +162,7 @@ def toc(book: Book) -> str:
             papers += there(chapters)
     guide = [path.stem for path in (book.root / "book/guide").glob("*.md")]
     guide.sort(key=lambda page: (GUIDE.index(page) if page in GUIDE else len(GUIDE), page))
-    made = ["scoreboard", "runtimes"] + ["benchmarks"] * any(
-        book.root.glob("book/results/benchmarks/*.json")
-    )
+    made = ["scoreboard", "runtimes"] + ["benchmarks"] * bool(benchmark_records(book))
     reference = [
         page for page in REFERENCE if page in made or (book.root / f"book/{page}.md").exists()
     ]
@@ -281,24 +279,28 @@ def runtimes(book: Book) -> str:
 def benchmarks(book: Book) -> str:
     """Each module against the library that a practitioner would use."""
     rows = []
-    for path in sorted(book.root.glob("book/results/benchmarks/*.json")):
+    for path in benchmark_records(book):
+        chapter = f"{path.parent.name}/{path.stem}"
         for r in read(path):
-            ours, theirs = (f"{1e3 * r[who]:.3g}" for who in ("ours_seconds", "peer_seconds"))
-            ratio = f"{r['peer_seconds'] / r['ours_seconds']:.2f}"
-            cells = [
-                r["module"],
-                r["work"],
-                ours,
-                r["peer"],
-                theirs,
-                ratio,
-                r["limit"],
-                r["machine"],
-            ]
-            rows.append([html.escape(str(cell)) for cell in cells])
-    head = ["module", "work", "ours (ms)", "peer", "peer (ms)", "peer / ours", "limit", "machine"]
-    text = "The same work in one run on one machine. Above 1 in *peer / ours*, the book's module is the faster.\n\n"
-    return "# Benchmarks\n\n" + text + table(head, rows)
+            ours, theirs, limit = (r[f"{who}_seconds"] for who in ("ours", "peer", "limit"))
+            times = [f"{1e3 * t:.3g}" if t else "—" for t in (ours, theirs, limit)]
+            ratios = [f"{theirs / ours:.2f}", f"{ours / limit:.1f}" if limit else "—"]
+            texts = [html.escape(r[name]) for name in ("work", "peer", "machine", "date")]
+            link = f'<a href="{chapter}.html">{html.escape(book.entries[chapter]["title"])}</a>'
+            rows.append([link, texts[0], texts[1], *times, *ratios, f"{texts[2]}, {texts[3]}"])
+    head = ["module of", "work", "peer", "ours (ms)", "peer (ms)", "limit (ms)", "peer / ours"]
+    text = (
+        "The same work in one run on one machine, median of several rounds. Above 1 in *peer / ours*, the book's "
+        "module is the faster. *Limit* is the time of the operations that no implementation can avoid, as the "
+        "benchmark states them; *ours / limit* says how far from it the module is.\n\n"
+    )
+    return "# Benchmarks\n\n" + text + table([*head, "ours / limit", "machine"], rows)
+
+
+def benchmark_records(book: Book) -> list[Path]:
+    """The records that `make bench` wrote, of chapters that are written."""
+    paths = (book.root / f"book/results/benchmarks/{name}.json" for name in book.written)
+    return [path for path in paths if path.exists()]
 
 
 def api(book: Book) -> dict[str, str]:
@@ -491,7 +493,7 @@ def pages(book: Book, site: str) -> dict[str, str | bytes]:
         if picture := hero(chapter):
             tree[f"_static/cards/{name}.png"] = picture[0]
     tree |= {"scoreboard.md": scoreboard(book), "runtimes.md": runtimes(book)} | api(book)
-    if any(book.root.glob("book/results/benchmarks/*.json")):
+    if benchmark_records(book):
         tree["benchmarks.md"] = benchmarks(book)
     records = [
         {

@@ -9,6 +9,7 @@ import inspect
 import os
 import platform
 import random
+import textwrap
 import time
 import tomllib
 from dataclasses import dataclass, field
@@ -147,9 +148,8 @@ def start(chapter: str, *, profile: str = "quick", seed: int = 0) -> Run:
     threadpool_limits(threads)
     figures.use_style()
     device = torch.device("cuda" if profile == "full" and torch.cuda.is_available() else "cpu")
-    print(
-        f"{papers()[chapter]['title']}: {citation(chapter)}\nprofile {profile}, seed {seed}, device {device.type}"
-    )
+    print(textwrap.fill(f"{papers()[chapter]['title']}: {citation(chapter)}", 90))
+    print(f"profile {profile}, seed {seed}, device {device.type}")
     return Run(chapter, profile, seed, device)
 
 

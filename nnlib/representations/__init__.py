@@ -1,0 +1,1 @@
+"""Methods of the part "Representations": what networks learn to encode, and how to compare it."""

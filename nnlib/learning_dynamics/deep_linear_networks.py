@@ -249,14 +249,14 @@ def descent(
         above = [weights[-1]]  # W_L ... W_{l+1} for l = L - 1, ..., 0
         for w in reversed(weights[:-1]):
             above.append(above[-1] @ w)
-        total = above.pop()
+        total = above.pop() if above[1:] else weights[0].clone()
         yield weights, total
         error = sigma31 - total @ sigma11  # times (W_{l-1} ... W_1)^T, for l = 1, 2, ...
         for w in weights[:-1]:
             step = lr * (above.pop().mT @ error)  # (13)
             error = error @ w.mT
             w += step
-        weights[-1] = weights[-1] + lr * error
+        weights[-1] += lr * error
 
 
 def gd_correlations(

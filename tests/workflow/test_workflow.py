@@ -150,6 +150,9 @@ def test_records(project):
     status, text = project.make("seeds", "CHAPTER=alpha/one")
     assert (status, ran(text)) == (0, [])
 
+    old = project.root / "book/results/full/alpha/one.json"  # committed, as in a fresh clone
+    old.parent.mkdir(parents=True)
+    old.write_text('{"source": "older code"}', encoding="utf-8")
     status, text = project.make("full", "CHAPTER=alpha/one")
     assert status == 0, text
     full = json.loads(

@@ -83,7 +83,7 @@ class Run:
             raise ClaimError(f"claim {id!r} has no measured value in a full run")
         if claim.baseline_passes and self.profile == "quick":
             raise ClaimError(
-                f"claim {id!r}: the baseline ({claim.baseline:.3g}) passes the bound {claim.bound} too, "
+                f"claim {id!r}: the baseline ({claim.baseline:.3g}) passes the bound {claim.bound} too, or is nan, "
                 "so the bound shows nothing; tighten it or measure something else"
             )
         self.claims.append(claim)

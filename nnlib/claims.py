@@ -83,8 +83,10 @@ class Claim:
 
     @property
     def baseline_passes(self) -> bool:
-        """Whether the bound fails to tell the method from its baseline."""
-        return self.baseline is not None and self.admits(self.baseline)
+        """Whether the bound fails to tell the method from its baseline; a baseline of nan tells nothing."""
+        if self.baseline is None:
+            return False
+        return math.isnan(self.baseline) or self.admits(self.baseline)
 
     @property
     def verdict(self) -> str:

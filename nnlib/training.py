@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -78,3 +79,46 @@ def fit(
             scheduler.step()
     note(steps)
     return history
+
+
+class _Held:
+    """A tensor that a graph keeps for its backward pass; it signs off when the graph lets go of it."""
+
+    def __init__(self, tensor: Tensor, held: Counter[int], change: Callable[[int], None]) -> None:
+        self.tensor = tensor.detach()
+        storage = tensor.untyped_storage()
+        self.key, self.size = storage.data_ptr(), storage.nbytes()
+        self.held, self.change = held, change
+        held[self.key] += 1
+        if held[self.key] == 1:
+            change(self.size)
+
+    def __del__(self) -> None:
+        self.held[self.key] -= 1
+        if self.held[self.key] == 0:
+            self.change(-self.size)
+
+
+def saved_bytes(fn: Callable[[], Any]) -> int:
+    """The most bytes that autograd holds for backward passes at any moment while `fn` runs.
+
+    Every storage counts once, however often it is saved; saved parameters and inputs count, too, since the graph
+    keeps them alive. The number does not depend on the machine.
+
+    Parameters
+    ----------
+    fn : does the work, backward passes included; what it returns is dropped.
+    """
+    held: Counter[int] = Counter()
+    now = most = 0
+
+    def change(size: int) -> None:
+        nonlocal now, most
+        now += size
+        most = max(most, now)
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: _Held(tensor, held, change), lambda kept: kept.tensor
+    ):
+        fn()
+    return most

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from nnlib.training import TrainingDiverged, fit
+from nnlib.training import TrainingDiverged, fit, saved_bytes
 
 
 def weight(value=1.0):
@@ -94,3 +95,27 @@ def test_impossible_step_counts_are_refused(options):
 def test_nothing_to_train_is_refused(params):
     with pytest.raises(ValueError, match="nothing to train"):
         fit(params, lambda step: None, steps=1, optimizer=sgd(0.1))
+
+
+def test_saved_bytes_counts_storages_once_and_lets_go_of_them():
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(32, 8)
+    once = 4 * (
+        32 * 8 + 32 * 16 + 16 * 4 + 32 * 4
+    )  # input, hidden layer, second weight, exponential
+
+    def steps(n, at_once):
+        losses = []
+        for _ in range(n):
+            loss = net(x).exp().sum()
+            loss.backward() if at_once else losses.append(loss)
+        if losses:
+            sum(losses).backward()
+
+    assert [saved_bytes(lambda n=n: steps(n, True)) for n in (1, 2, 5)] == [once] * 3
+    again = 4 * (32 * 16 + 32 * 4)  # input and weight are shared
+    assert [saved_bytes(lambda n=n: steps(n, False)) for n in (1, 2, 5)] == [
+        once + (n - 1) * again for n in (1, 2, 5)
+    ]
+    with torch.no_grad():
+        assert saved_bytes(lambda: net(x)) == 0

@@ -1,0 +1,1 @@
+"""Networks that store patterns and complete them."""

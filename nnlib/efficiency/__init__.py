@@ -1,0 +1,1 @@
+"""Training with less: memory, time, or error signals that travel far."""

@@ -1,0 +1,1 @@
+"""Networks built from other parts, in other orders, or from less."""

@@ -127,6 +127,7 @@ class Graph:
 
     @cached_property
     def gcn(self) -> ConstantMatrix:
+        """The operator of `gcn_operator`."""
         return ConstantMatrix(gcn_operator(self.edge_index, self.num_nodes, self.dtype))
 
     @cached_property
@@ -147,17 +148,25 @@ def row_normalize(x: Float[Tensor, "n d"], eps: float = 1e-8) -> Float[Tensor, "
 
 
 class GCNConv(nn.Module):
-    r""":math:`\hat AxW+b`. Calling it multiplies by :math:`W` first, which is cheaper for sparse or wide inputs."""
+    r""":math:`\hat AxW+b`. Calling it multiplies by :math:`W` first, which is cheaper for sparse or wide inputs.
 
-    def __init__(self, n_in: int, n_out: int, parts: int = 1) -> None:
+    Weights are Glorot-uniform, drawn from `generator` or the global one.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, parts: int = 1, generator: Generator | None = None
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(parts * n_in, n_out)))
+        empty = torch.empty(parts * n_in, n_out)
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(empty, generator=generator))
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def aggregate(self, x: Float[Tensor, "n d"], graph: Graph) -> Float[Tensor, "n _"]:
+        """What the input becomes before a parameter is applied."""
         return graph.gcn @ x
 
     def transform(self, z: Float[Tensor, "n _"], graph: Graph) -> Float[Tensor, "n k"]:
+        """The layer's output for an aggregated input."""
         graph.passes += graph.copies
         return torch.addmm(self.bias, z, self.weight)
 
@@ -169,10 +178,11 @@ class GCNConv(nn.Module):
 class SAGEConv(GCNConv):
     """A map of the node plus a map of its neighbours' mean (GraphSAGE)."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, parts=2)
+    def __init__(self, n_in: int, n_out: int, generator: Generator | None = None) -> None:
+        super().__init__(n_in, n_out, parts=2, generator=generator)
 
     def aggregate(self, x: Float[Tensor, "n d"], graph: Graph) -> Float[Tensor, "n _"]:
+        """The node's features and its neighbours' mean, side by side."""
         return torch.cat((x, graph.mean @ x), 1)
 
     def forward(self, x: Input, graph: Graph) -> Float[Tensor, "n k"]:
@@ -187,14 +197,19 @@ class GATConv(GCNConv):
     Nothing can be aggregated beforehand, since the weights depend on the parameters.
     """
 
-    def __init__(self, n_in: int, n_out: int, heads: int = 4) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, heads: int = 4, generator: Generator | None = None
+    ) -> None:
         if n_out % heads:
             raise ValueError(f"the width must be a multiple of the {heads} heads, got {n_out}")
-        super().__init__(n_in, n_out)
+        super().__init__(n_in, n_out, generator=generator)
         pair = torch.empty(2, heads, n_out // heads)
-        self.source, self.target = (nn.Parameter(nn.init.xavier_uniform_(a)) for a in pair)
+        self.source, self.target = (
+            nn.Parameter(nn.init.xavier_uniform_(a, generator=generator)) for a in pair
+        )
 
     def aggregate(self, x: Float[Tensor, "n d"], graph: Graph) -> Float[Tensor, "n d"]:
+        """The input as it is."""
         return x
 
     def attention(
@@ -209,6 +224,7 @@ class GATConv(GCNConv):
         return weight / torch.zeros_like(top).index_add(0, j, weight)[j]
 
     def transform(self, z: Input, graph: Graph) -> Float[Tensor, "n k"]:
+        """The layer's output."""
         graph.passes += graph.copies
         v, (i, j) = (z @ self.weight).unflatten(1, self.source.shape), graph.loops
         messages = self.attention(v, graph)[:, :, None] * v[i]
@@ -278,6 +294,7 @@ class NodeTask:
 
     @property
     def num_classes(self) -> int:
+        """C, one more than the largest class."""
         return int(self.y.max()) + 1
 
     def to(self, device: torch.device) -> NodeTask:
@@ -630,15 +647,19 @@ class SingleForwardLinks(SingleForwardGNN):
         self.state, self.layers, self.parts = self.x, nn.ModuleList(), []
 
     def loss(self, h: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+        """Cross-entropy of the training pairs, for a layer with output `h`."""
         return self.task.train.loss(h)
 
     def probability(self, h: Float[Tensor, "n k"]) -> Float[Tensor, " pairs"]:
+        """Probabilities of the pairs for validation, then of those for test."""
         return torch.cat((self.task.val.logits(h), self.task.test.logits(h))).sigmoid()
 
     def validate(self, scores: Float[Tensor, " pairs"]) -> float:
+        """Area under the curve on the validation pairs."""
         return self.task.val.auc(scores[: len(self.task.val.linked)])
 
     def scores(self, depth: int | None = None) -> Float[Tensor, " pairs"]:
+        """Mean probability of the test pairs over the first `depth` layers (default: all)."""
         return super().scores(depth)[len(self.task.val.linked) :]
 
 

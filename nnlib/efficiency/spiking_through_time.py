@@ -151,6 +151,7 @@ class LIF(nn.Module):
         self.v = None
 
     def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
         return f"tau={self.tau}, v_threshold={self.v_threshold}, through_time={self.through_time}"
 
 
@@ -498,10 +499,12 @@ def spiking_resnet(
     width: int = 64,
     blocks: Sequence[int] = (2, 2, 2, 2),
     tau: float = 1.1,
+    generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """A pre-activation residual network of LIF neurons for small images, (B, channels, side, side) to (B, classes).
 
-    The default is the ResNet-18 of the paper's CIFAR experiments: 64 to 512 channels, halved three times.
+    The default is the ResNet-18 of the paper's CIFAR experiments: 64 to 512 channels, halved three times. Convolutions
+    start Kaiming-normal (fan out), drawn from `generator` or the global one.
 
     Raises
     ------
@@ -523,7 +526,9 @@ def spiking_resnet(
     net = nn.Sequential(*layers)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(
+                module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+            )
     return net
 
 

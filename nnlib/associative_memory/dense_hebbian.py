@@ -33,7 +33,7 @@ Numbers = float | np.floating | np.ndarray | Sequence[float]
 def archetypes(
     K: int, N: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, "K N"]:
-    """K random patterns of N entries, +1 or -1 with equal probability.
+    """K random patterns of N entries, +1 or -1 with equal probability; on the device of the generator.
 
     Raises
     ------
@@ -41,7 +41,8 @@ def archetypes(
     """
     if min(K, N) < 1:
         raise ValueError(f"need at least one pattern and one neuron, got K={K}, N={N}")
-    return 2 * torch.randint(0, 2, (K, N), generator=generator).to(dtype) - 1
+    device = generator.device if generator else None
+    return 2 * torch.randint(0, 2, (K, N), generator=generator, device=device).to(dtype) - 1
 
 
 def dataset_entropy(quality: float, n_examples: float | int) -> float:
@@ -235,9 +236,10 @@ def corrupted_couplings(
     K, N = archetypes.shape
     if not noise >= 0 or not 2 <= order <= N:
         raise ValueError(f"need noise >= 0 and an order from 2 to {N}, got {noise=}, {order=}")
-    tuples = torch.combinations(torch.arange(N), order)
+    where = dict(device=archetypes.device)
+    tuples = torch.combinations(torch.arange(N, **where), order)
     signal = archetypes[:, tuples].prod(-1).sum(0)
-    w = torch.randn(len(tuples), generator=generator, dtype=archetypes.dtype)
+    w = torch.randn(len(tuples), generator=generator, dtype=archetypes.dtype, **where)
     return tuples, signal + noise * math.sqrt(K) * w  # a sum of K independent Gaussians
 
 
@@ -275,7 +277,7 @@ def retrieve(
     sweeps : a sweep updates all spins once, in four random blocks; without noise it stops after a sweep without change.
     mean_field : iterate the mean values instead, :math:`m \leftarrow \tanh\beta h(m)`, the first order of Plefka's
         expansion: deterministic, all spins at once.
-    generator : draws blocks and spins.
+    generator : draws blocks and spins; on the device of `sigma`.
 
     Returns
     -------
@@ -287,18 +289,18 @@ def retrieve(
     """
     if not beta > 0 or sweeps < 1:
         raise ValueError(f"need beta > 0 and at least one sweep, got {beta=}, {sweeps=}")
-    sigma = sigma.clone()
+    sigma, where = sigma.clone(), dict(generator=generator, device=sigma.device)
     for made in range(1, sweeps + 1):  # noqa: B007 - returned
         before = sigma.clone()
         if mean_field:
             sigma = _respond(field(sigma), sigma, beta)
         else:
-            for block in torch.randperm(sigma.shape[-1], generator=generator).chunk(4):
+            for block in torch.randperm(sigma.shape[-1], **where).chunk(4):
                 h, old = field(sigma)[..., block], sigma[..., block]
                 if math.isinf(beta):
                     new = _respond(h, old, beta)
                 else:
-                    draw = torch.rand(h.shape, generator=generator, dtype=h.dtype)
+                    draw = torch.rand(h.shape, dtype=h.dtype, **where)
                     new = torch.where(draw < torch.sigmoid(2 * beta * h), 1.0, -1.0).to(h.dtype)
                 sigma[..., block] = new
         if (mean_field or math.isinf(beta)) and torch.allclose(sigma, before, rtol=0, atol=1e-9):
@@ -405,9 +407,7 @@ def solve_replica_symmetric(
     ------
     ValueError : P is odd or below 4, a negative load or entropy, or `beta` not positive or mixed.
     """
-    if P < 4:
-        raise ValueError(f"the equations hold for P >= 4 (P = 2 has a reaction term), got {P}")
-    _check(alpha, rho, P)
+    _check(alpha, rho, P, least=4)  # P = 2 has a reaction term
     alpha, rho, beta = np.broadcast_arrays(
         *(np.asarray(a, dtype=float) for a in (alpha, rho, beta))
     )
@@ -466,9 +466,7 @@ def storage_limit(P: int) -> float:
     ------
     ValueError : P is odd or below 4.
     """
-    _check(0.0, 0.0, P)
-    if P < 4:
-        raise ValueError(f"the formula holds for P >= 4, got {P}")
+    _check(0.0, 0.0, P, least=4)
     best = minimize_scalar(lambda x: -(erf(x) ** (P - 1)) / x, bounds=(0.3, 5), method="bounded")
     return best.fun**2 / (2 * math.factorial(P - 1))
 
@@ -480,17 +478,15 @@ def critical_noise(P: int) -> float:
     ------
     ValueError : P is odd or below 4.
     """
-    _check(0.0, 0.0, P)
-    if P < 4:
-        raise ValueError(f"the formula holds for P >= 4, got {P}")
+    _check(0.0, 0.0, P, least=4)
     best = minimize_scalar(
         lambda m: -(m ** (P - 1)) / np.arctanh(m), bounds=(0.1, 1 - 1e-12), method="bounded"
     )
     return -best.fun / math.factorial(P - 1)
 
 
-def _check(load: Numbers, rho: Numbers, P: int) -> None:
-    if P < 2 or P % 2:
-        raise ValueError(f"P must be even and at least 2, got {P}")
+def _check(load: Numbers, rho: Numbers, P: int, least: int = 2) -> None:
+    if P < least or P % 2:
+        raise ValueError(f"P must be even and at least {least}, got {P}")
     if not (np.asarray(load) >= 0).all() or not (np.asarray(rho) >= 0).all():
         raise ValueError(f"load and entropy must not be negative, got {load}, {rho}")

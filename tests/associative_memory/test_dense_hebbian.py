@@ -144,6 +144,12 @@ def test_corrupted_couplings_without_noise_are_the_patterns_products():
     assert noisy.std().item() == pytest.approx(math.sqrt(4 * (9 + 1)), rel=0.02)
 
 
+def test_spins_are_drawn_on_their_own_device():
+    sigma = torch.ones(2, 6, device="meta")  # stands for any device that is not the CPU
+    end, _ = dh.retrieve(torch.zeros_like, sigma, beta=1.0, sweeps=1)
+    assert end.device == sigma.device
+
+
 def test_zero_noise_dynamics_one_spin_at_a_time_never_raises_the_energy():
     net, sigma = network(K=5, N=20), dh.archetypes(1, 20, generator(1))[0]
     energies = [net.energy(sigma).item()]

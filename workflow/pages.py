@@ -66,8 +66,7 @@ class Chapter:
     @property
     def good(self) -> str:
         """How many of its claims hold in the run that is shown."""
-        held = sum(claim.verdict == claims.REPRODUCED for claim in self.claims)
-        return f"{held} of {len(self.claims)} claims reproduced"
+        return tally([claim.verdict for claim in self.claims])
 
     @property
     def cost(self) -> dict[str, Any] | None:
@@ -77,6 +76,13 @@ class Chapter:
     def age(self, record: dict[str, Any]) -> str:
         """A mark for a record that other code than today's has made."""
         return "" if record.get("source") == self.source else ' <em class="old">older code</em>'
+
+
+def tally(verdicts: list[str]) -> str:
+    """How many claims of a run were reproduced, and how many it cannot test."""
+    text = f"{verdicts.count(claims.REPRODUCED)} of {len(verdicts)} claims reproduced"
+    untested = verdicts.count(claims.NEEDS_FULL)
+    return f"{text}, {untested} left to a full run" if untested else text
 
 
 class Book:
@@ -194,13 +200,17 @@ def verdict(text: str) -> str:
 
 
 def where(chapter: Chapter) -> str:
-    """Date, device and scale of the full run, in Markdown."""
+    """Result, date, device and scale of the full run, in Markdown."""
     if not chapter.full:
         return "not run"
-    found = [chapter.full.get("date"), chapter.full["run"]["device"], chapter.full.get("scale")]
-    return re.sub(r"([\\*_\[\]$`<])", r"\\\1", ", ".join(filter(None, found))) + chapter.age(
-        chapter.full
-    )
+    found = [
+        tally([claims.Claim.from_record(claim).verdict for claim in chapter.full["claims"]]),
+        chapter.full.get("date"),
+        chapter.full["run"]["device"],
+        chapter.full.get("scale"),
+    ]
+    text = re.sub(r"([\\*_\[\]$`<])", r"\\\1", "; ".join(filter(None, found)))
+    return text + chapter.age(chapter.full)
 
 
 def scoreboard(book: Book) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -45,9 +46,16 @@ def of_seeds(notebooks: list[Path]) -> dict[str, Any]:
 def of_full(notebooks: list[Path]) -> dict[str, Any]:
     """A full run: its claims, its sizes in words, and what it cost."""
     record = claims.read(notebooks[0])
-    sizes = record.run.get("size", {})
-    scale = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in sizes.items())
+    scale = in_words(record.run.get("size", {}))
     return record.as_json() | {"scale": scale, "megabytes": cost(notebooks[0])["megabytes"]}
+
+
+def in_words(sizes: dict[str, str]) -> str:
+    """The sizes of a run without the bounds of its claims, for readers."""
+    kept = [
+        f"{name} {value}" for name, value in sizes.items() if not name.endswith(("bound", "bounds"))
+    ]
+    return re.sub("[{}']", "", ", ".join(kept)).replace("_", " ")
 
 
 def main(kind: str, chapter: str, target: str, *notebooks: str) -> None:

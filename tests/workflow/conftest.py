@@ -32,7 +32,7 @@ REPORT = """from IPython.display import display
 from nnlib import claims
 
 claim = claims.Claim("near-one", "It is one.", "Section 1", float(value + seed // 4), (0.5, 1.5), 0.0)
-where = {"chapter": "alpha/CHAPTER", "profile": profile, "seed": seed, "device": "CPU", "seconds": 1.25, "size": {"steps": 3}}
+where = {"chapter": "alpha/CHAPTER", "profile": profile, "seed": seed, "device": "CPU", "seconds": 1.25, "size": {"steps": "3", "a_bound": "0.5", "net": "{'n_layers': 2}"}}
 display({"text/plain": claims.as_text([claim])}, raw=True, metadata={"nnlib": claims.Record(where, [claim]).as_json()})"""
 
 

@@ -158,7 +158,7 @@ def test_records(project):
     full = json.loads(
         (project.root / "book/results/full/alpha/one.json").read_text(encoding="utf-8")
     )
-    assert full["scale"] == "steps 3"
+    assert full["scale"] == "net n layers: 2, steps 3"
     assert full["run"]["profile"] == "full"
     assert full["source"] == seeds["source"]
     assert not leftovers(project)

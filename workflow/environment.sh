@@ -53,6 +53,7 @@ export JUPYTER_PREFER_ENV_PATH=1 IPYTHONDIR="$PWD/_build/ipython"
 
 peers() { # libraries that cannot live beside the book's own packages get an environment each
     local list home
+    export SKLEARN_ALLOW_DEPRECATED_SKLEARN_PACKAGE_INSTALL=True # old peers ask for scikit-learn by this name
     for list in benchmarks/peers/*.txt; do
         home=.venv-peers/$(basename "$list" .txt)
         cmp -s "$list" "$home/.complete" && continue

@@ -247,18 +247,22 @@ def tensor_field(
     tuples: Int[Tensor, "tuples order"],
     couplings: Float[Tensor, " tuples"],
     sigma: Float[Tensor, "*batch N"],
-) -> Float[Tensor, "*batch N"]:
-    r"""The field of explicit couplings, :math:`h_i = \sum_{i \in T} J_T \prod_{j \in T, j \ne i} \sigma_j`, by enumeration."""
+    sites: Int[Tensor, " n"] | None = None,
+) -> Float[Tensor, "*batch n"]:
+    r"""The field of explicit couplings, :math:`h_i = \sum_{i \in T} J_T \prod_{j \in T, j \ne i} \sigma_j`, by enumeration.
+
+    It is given for all spins, or for those in `sites`.
+    """
     spins = sigma[..., tuples]  # (batch, tuples, order)
     out = torch.zeros_like(sigma)
     for p in range(tuples.shape[1]):
         others = torch.cat([spins[..., :p], spins[..., p + 1 :]], dim=-1).prod(-1)
         out.index_add_(-1, tuples[:, p], couplings * others)
-    return out
+    return out if sites is None else out[..., sites]
 
 
 def retrieve(
-    field: Callable[[Tensor], Tensor],
+    field: Callable[[Tensor, Tensor], Tensor],
     sigma: Float[Tensor, "*batch N"],
     *,
     beta: float = math.inf,
@@ -270,7 +274,7 @@ def retrieve(
 
     Parameters
     ----------
-    field : maps spins (..., N) to fields (..., N): `DenseHebbian.field`, say.
+    field : maps spins (..., N) and the numbers of n of them to the fields on these, (..., n): `DenseHebbian.field`, say.
     sigma : the start, (..., N).
     beta : inverse noise; infinite sets each spin to the sign of its field, a finite one draws it from
         :math:`P(\sigma_i = 1) = 1/(1 + e^{-2\beta h_i})` (Glauber dynamics). A field of 0 keeps the spin at infinite `beta`.
@@ -290,13 +294,14 @@ def retrieve(
     if not beta > 0 or sweeps < 1:
         raise ValueError(f"need beta > 0 and at least one sweep, got {beta=}, {sweeps=}")
     sigma, where = sigma.clone(), dict(generator=generator, device=sigma.device)
+    every = torch.arange(sigma.shape[-1], device=sigma.device)
     for made in range(1, sweeps + 1):  # noqa: B007 - returned
         before = sigma.clone()
         if mean_field:
-            sigma = _respond(field(sigma), sigma, beta)
+            sigma = _respond(field(sigma, every), sigma, beta)
         else:
             for block in torch.randperm(sigma.shape[-1], **where).chunk(4):
-                h, old = field(sigma)[..., block], sigma[..., block]
+                h, old = field(sigma, block), sigma[..., block]
                 if math.isinf(beta):
                     new = _respond(h, old, beta)
                 else:

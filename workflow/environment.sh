@@ -30,7 +30,9 @@ install() {
     "$VENV/bin/python" -m pip install --retries 2 -c constraints.txt -e ".[$1]" > "$log" 2>&1 && return
     grep -v '^WARNING: Location' "$log" | tail -5 >&2
     grep -qi 'no space left' "$log" && fail "The disk is full; the packages need 3 GB."
-    grep -qiE 'connection|resolution|unreachable|timed out|proxy' "$log" && fail "No network: pip cannot reach its package index."
+    grep -q 'ResolutionImpossible' "$log" && fail "The pinned packages do not fit $("$VENV/bin/python" -V); see $log." \
+        "A newer Python helps: make PYTHON=/path/to/python3.12 ..."
+    grep -qiE 'connection|name resolution|unreachable|timed out|proxy' "$log" && fail "No network: pip cannot reach its package index."
     fail "The packages could not be installed; see $log."
 }
 
